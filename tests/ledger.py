@@ -201,6 +201,8 @@ async def lose(port: int, variant: str, numbers: range, at_once: int = 20) -> No
         async with places:
             answer = await order(port, variant, number)
             assert answer.status == 502 or not answer.complete, answer
+            # A client that heeds it comes back, and gets the verdict.
+            assert answer.status != 502 or answer.header("x-should-retry") == b"true"
 
     await asyncio.gather(*[one(number) for number in numbers])
 

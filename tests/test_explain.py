@@ -171,6 +171,19 @@ def test_a_warning_of_tokens_without_tls(check, monkeypatch, tmp_path, listen, w
     assert (code, err.startswith("warning: ONCEGATE_ADMIN_TLS_CERT_FILE is not set"), err != "") == (0, warns, warns)
 
 
+@pytest.mark.parametrize(
+    ("absent", "warns"), [('status = "404"', True), ('status = "404", when = {"/code" = "missing"}', False)]
+)
+def test_a_warning_of_an_answer_that_any_url_gives(check, absent, warns):
+    """A mistyped URL answers 404 about every key: `check` says so before the rule frees one."""
+    Path("rules.toml").write_text(
+        f"""[[rule]]\nname = "a"\npath = "/a"\n[rule.reconcile]\nurl = "/a/{{key}}"\nkeep = ["key"]\nreference = {{}}
+succeeded = [{{status = "200"}}]\nabsent = [{{{absent}}}]\nabsent_after_s = 1\nabsent_before_s = 9\n"""
+    )
+    code, _, err = check()
+    assert (code, err.startswith('warning: rule "a": a 404 alone says absent'), err != "") == (0, warns, warns)
+
+
 def test_without_rules_there_is_no_table(check, monkeypatch):
     monkeypatch.delenv("ONCEGATE_RULES_FILE")
     code, out, _ = check()

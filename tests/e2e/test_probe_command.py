@@ -131,6 +131,7 @@ async def test_an_operator_tries_a_question_and_then_lets_it_settle_the_key(gate
     assert (retried.status, json.loads(retried.body)["id"]) == (201, "ch_1")
     assert retried.header("oncegate-status") == b"reconciled"
     complete = await desk.show("k-1")
+    assert complete["reconciled"] is True
     assert complete["owner"].startswith(f"operator {line['user']} on {line['host']}")
     again = await desk("probe", "k-1", code=1)
     assert "this key is complete" in again.stderr

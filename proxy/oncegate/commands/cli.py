@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from oncegate.commands.keys_arguments import add_keys, add_record_arguments
 from oncegate.commands.listener_warnings import listener_warnings
 from oncegate.operating import explain
 from oncegate.operating.errors import OperatorError
+from oncegate.probing.described import plan_warnings
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings
@@ -214,12 +215,17 @@ def _check_parts(settings: Settings) -> None:
         check_variables()
 
 
+def _reconcile_warnings(rules: Rules) -> Iterator[str]:
+    plans = [(rule.name, plan) for rule in rules if (plan := rule.policy.reconcile) is not None]
+    return (f'rule "{name}": {warning}' for name, plan in plans for warning in plan_warnings(plan))
+
+
 def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
     if options.explain is None:
         print(describe(settings))
         if settings.rules_file is not None:
             print(f"\n{explain.table(rules)}")
-        for warning in (*receiver_warnings(rules), *listener_warnings(settings, rules)):
+        for warning in (*receiver_warnings(rules), *listener_warnings(settings, rules), *_reconcile_warnings(rules)):
             print(f"warning: {warning}", file=sys.stderr)
         return 0
     try:

@@ -282,7 +282,8 @@ def without_response(
             refuse = cancelled(progress.status)
         case Ending.NO_RESPONSE | Ending.TRUNCATED:
             claim, timeout = progress.held.claim, progress.lost is not None and progress.lost.timeout
-            mode = RETRY if claim.resend_ms else claim.mode
+            # A retry does not execute again there: it is sent on with its key, or gets what the API says of it.
+            mode = RETRY if claim.resend_ms or progress.deps.verdicts is not None else claim.mode
             refuse = upstream_lost(timeout=timeout, mode=mode, status=progress.status)
         case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
             refuse = response_not_stored()

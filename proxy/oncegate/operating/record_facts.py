@@ -48,12 +48,14 @@ def _kept_facts(kept: Kept) -> dict[str, Any]:
 
 
 def _response_facts(response: StoredResponse) -> dict[str, Any]:
-    return {
+    facts = {
         "status": response.status,
         "bytes": response.size,
         "body_stored": response.body_stored,
         "completed": _iso_time(response.completed_ms),
     }
+    # It is what the API said of the request later.
+    return facts | ({"reconciled": True} if response.reconciled else {})
 
 
 def _unfinished_facts(record: RecordView) -> dict[str, Any]:

@@ -42,9 +42,14 @@ def described_question(plan: Plan, values: Mapping[str, str]) -> Iterator[tuple[
     if any(verdict is Verdict.ABSENT for verdict, _ in plan.entries):
         when = f"from {plan.absent_after_s:g} s after the last byte, up to {plan.absent_before_s:g} s after the claim"
         yield "  absent", f"frees the key if {plan.absent_agree} answers in a row agree, {when}"
+    yield from (("  beware", text) for text in plan_warnings(plan))
+
+
+def plan_warnings(plan: Plan) -> Iterator[str]:
+    """Yield what a person should look at before a plan is relied on."""
     for verdict, entry in plan.entries:
         if verdict is Verdict.ABSENT and not (entry.when or entry.empty):
-            yield "  beware", BY_STATUS.format(entry.status)
+            yield BY_STATUS.format(entry.status)
 
 
 def described_evidence(evidence: Evidence) -> Iterator[tuple[str, str]]:
