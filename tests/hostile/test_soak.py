@@ -17,7 +17,9 @@ async def test_everything_comes_back_to_where_it_was():
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 async def test_a_postgresql_reaches_a_plateau():
-    """Keys go in and out for a minute or two; the table stays as large as its live keys made it."""
-    report = await asyncio.to_thread(postgres.run, 100_000)
+    """Keys go in and out for minutes; the table stays as large as its live keys made it."""
+    # With fewer, a key lives for seconds: as long as autovacuum takes where the machine has other work.
+    report = await asyncio.to_thread(postgres.run, 300_000)
     assert report.growth <= postgres.MOST_GROWTH, "\n".join(report.lines())
