@@ -89,10 +89,14 @@ async def test_not_found_is_no_evidence_once_the_api_may_have_forgotten(api, pro
 
 
 @in_redis_first
-async def test_another_api_than_the_one_that_was_asked_first_says_nothing(api, proxies, indexed):
+@pytest.mark.parametrize("before", ["an upstream of its own", "that of the settings"])
+async def test_another_api_than_the_one_that_was_asked_first_says_nothing(api, proxies, indexed, before):
     """After a reload the rule leads elsewhere, where nobody knows the order: that frees nothing, and nobody asks."""
     terms = {"absent_after_s": 0.1, "first_after_s": 3, "most_s": 3}
-    proxy = proxies(URL, indexed.url, RULES_FILE=api.rules("plain", **terms))
+    file, url = Path(api.rules("plain", **terms)), api.upstreams["plain"].url
+    if before == "that of the settings":
+        file.write_text(file.read_text().replace(f'upstream = "{url}"', ""))
+    proxy = proxies(url, indexed.url, RULES_FILE=file)
     await lose(proxy.port, "plain", range(3, 4))
     apis = api.upstreams
     apis["plain"], apis["late"] = apis["late"], apis["plain"]

@@ -25,7 +25,7 @@ from oncegate.reconcile.answers import GivenResponse, answer_for
 from oncegate.reconcile.pace import Pace
 from oncegate.reconcile.progress import Progress
 from oncegate.reconcile.questions import Asking, NoAnswer
-from oncegate.reconcile.step import Probing, Step, StepResult, may_ask, take_step
+from oncegate.reconcile.step import Probing, Step, StepResult, may_ask, take_step, went_elsewhere
 from oncegate.rules.model import Rule, Rules
 from oncegate.store.record_view import RecordView
 from oncegate.store.results import ResolveStatus
@@ -56,7 +56,7 @@ def rule_of(rules: Rules, record: RecordView) -> Rule:
         raise OperatorError(f"this key came under {of}, without a [rule.reconcile] that says what to ask")
     if not may_ask(record):
         raise OperatorError(f"{_state(record)}; the API is asked only about a key that is unknown under hold")
-    if rule.policy.reconcile.is_upstream and record.kept.upstream not in ("", rule.upstream.label):
+    if went_elsewhere(record, rule):
         raise OperatorError("nothing can be asked: it went to another upstream than its rule has now")
     return rule
 

@@ -85,6 +85,14 @@ def may_ask(record: RecordView) -> bool:
     return record.open_kind in UNDECIDED and record.mode == HOLD
 
 
+def went_elsewhere(record: RecordView, rule: Rule) -> bool:
+    """Return whether the upstream that would be asked is not the one that got the request, by a reload since then."""
+    plan = rule.policy.reconcile
+    # A record does not name the upstream of the settings.
+    upstream = rule.upstream.label if rule.policy.destination else ""
+    return plan is not None and plan.is_upstream and record.kept.upstream != upstream
+
+
 async def take_step(
     deps: Probing, record: RecordView, rule: Rule, by: By = By.JANITOR, patience_s: float = 0.0
 ) -> StepResult:
@@ -137,9 +145,8 @@ class _Step:
         return await self._ask(before, asked)
 
     def _question(self) -> Question | CannotAsk:
-        """Return what is asked about the record, by what it keeps. A reload may have led its rule to another API."""
-        went_to, upstream = self._record.kept.upstream, self._rule.upstream.label
-        if self._plan.is_upstream and went_to and went_to != upstream:
+        """Return what is asked about the record, by what it keeps."""
+        if went_elsewhere(self._record, self._rule):
             return CannotAsk("it went to another upstream than its rule has now")
         return question(self._plan, self._values)
 
