@@ -26,7 +26,7 @@ PAGE, PAGE_PAUSE_S = 100, 0.05
 _MARKS = 20
 # The least and the most pause between two looks at one page, and how much longer it is for each further page: that
 # takes a worker 5 to 10 ms. While keys are overdue, it asks for so many times as long as it looks.
-MIN_LOOK_S, MAX_LOOK_S, MORE_S, ASKS = 0.05, 1.0, 0.125, 5
+MIN_LOOK_S, MAX_LOOK_S, MORE_S, ASKS = 0.05, 1.0, 0.125, 20
 # Looks in a row that a store refuses before that is said: until it is connected, it refuses all.
 _SILENT_LOOKS = 10
 # Keys whose steps are known to fall due first. The others are found by a later look.
