@@ -16,6 +16,7 @@ from oncegate.reconcile.progress import Progress
 from oncegate.reconcile.step import Probing, Step, may_ask, take_step
 from oncegate.rules.model import Rule
 from oncegate.store.open_keys.records import ServerRecords
+from oncegate.store.record_name import record_id
 from oncegate.store.record_view import UNDECIDED, RecordView, StoreError
 
 # What is reserved, and for how long: so long after its janitor died nobody works at a server.
@@ -167,6 +168,10 @@ class Janitor:
             except StoreError:
                 # The next look says so.
                 return
+            except Exception as error:
+                # One key must not keep all others from being asked about.
+                self._warn("a question failed", key_id=record_id(record.key), exc_info=error)
+                continue
             if result.step is Step.HELD_BACK:
                 # So are all the others.
                 queue.clear()
