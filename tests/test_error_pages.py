@@ -62,7 +62,8 @@ def problems() -> list[Problem]:
 @pytest.mark.parametrize("answer", problems(), ids=lambda one: one.slug or str(one.status))
 def test_every_problem_has_a_page(answer):
     """Whole, readable on a phone, not kept, and it runs and loads nothing."""
-    status, fields, body = page_of(answer)
+    status, fields, body, is_page = page_of(answer)
+    assert is_page
     page = Reader(body.decode())
     assert body.startswith(b"<!DOCTYPE html>\n")
     assert ("html", "lang", "en") in page.attributes

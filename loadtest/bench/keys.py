@@ -66,7 +66,8 @@ def measure(size: int) -> dict[str, float]:
     """Return the time of each source for a body of that size, in us."""
     digests, pairs = Digests(b""), [(b"Idempotency-Key", ID.encode()), (b"Content-Type", b"application/json")]
     head = RequestHead("POST", b"/v1/events", False, b"api.test", pairs, by_name(pairs))
-    body = Body(document(size), MemoryBudget(1 << 20), MemoryBudget(1 << 20))
+    data = document(size)
+    body = Body(data, len(data), MemoryBudget(1 << 20), MemoryBudget(1 << 20))
     scope = digests.scope(b"default", head.fields, TenantFields((b"authorization",)))
     assert isinstance(scope, Scope)
     works = {

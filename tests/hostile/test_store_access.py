@@ -15,7 +15,7 @@ STREAMED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(byte
 
 async def test_a_user_of_few_rights_is_enough(proxies, upstream, own_valkey):
     """T18: with a user who may run the scripts' own commands on the store's own keys, everything works, and no
-    command is ever denied."""
+    command is ever denied but those that only wake others sooner."""
     with own_valkey.client() as store:
         store.execute_command("ACL", "SETUSER", "gate", "reset", ">secret", *ACL)
         store.config_set("requirepass", "another")
@@ -38,7 +38,8 @@ async def test_a_user_of_few_rights_is_enough(proxies, upstream, own_valkey):
         both = await asyncio.gather(*(ask(gate.port, request("POST", "/x", "waits", b"1")) for _ in range(2)))
         assert sorted(answer.header("oncegate-status") for answer in both) == [b"executed", b"replayed"]
         with Redis(unix_socket_path=own_valkey.socket, password="another") as store:
-            assert [entry["object"] for entry in store.acl_log() if entry["object"] != "client|setinfo"] == []
+            denied = {entry["object"] for entry in store.acl_log()}
+            assert denied <= {"client|setinfo", "publish", "subscribe"}
             assert all(name.startswith(b"once:") for name in store.scan_iter())
 
 

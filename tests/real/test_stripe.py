@@ -189,7 +189,7 @@ most_s = 0.5
 
 
 async def test_a_charge_whose_answer_was_lost_is_found(fork, api, slow, upstream, valkey, tmp_path: Path):
-    """oncegate asks with a credential of its own, and the SDK gets the charge at its next try: there is only one."""
+    """oncegate asks with a credential of its own, and the SDK gets the only charge by a retry of its own."""
     (tmp_path / "credentials").write_text(f"Authorization: Bearer {ACCOUNT}\n")
     (tmp_path / "rules.toml").write_text(ASKED)
     gate = await fork(upstream, valkey.url, RULES_FILE="rules.toml")
@@ -201,8 +201,6 @@ async def test_a_charge_whose_answer_was_lost_is_found(fork, api, slow, upstream
         {"idempotency_key": "o-17", "headers": {"X-Customer": customer}},
     )
     slow.lost.add(CHARGES)
-    with pytest.raises(stripe.APIError, match="may have been executed"):
-        await asyncio.to_thread(charge)
     made = await asyncio.to_thread(charge)
     charges = await listed(api, "charges")
     assert [(one["id"], one["amount"], one["metadata"]) for one in charges] == [(made.id, 500, {"order": "o-17"})]

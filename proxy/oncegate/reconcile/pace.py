@@ -9,7 +9,6 @@ import asyncio
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from hashlib import blake2b
 
@@ -139,17 +138,22 @@ class Pace:
 
 def asked_pause_s(status: int, fields: Pairs) -> float:
     """Return for how long an answer asks to be left alone (RFC 9110, section 10.2.3); 0.0 where it does not."""
-    text = by_name(fields).get(b"retry-after", [b""])[0].strip().decode("latin-1")
+    text = _first(fields, b"retry-after")
     if status not in (429, 503) or not text:
         return 0.0
     if re.fullmatch(r"[0-9]{1,9}", text):
         return min(float(text), MAX_PAUSE_S)
     try:
-        until = parsedate_to_datetime(text)
-        return min(max(0.0, (until - datetime.now(UTC)).total_seconds()), MAX_PAUSE_S)
-    # Also of a date without a time zone, or with one that is out of this world.
+        # By the clock of who wrote both: it need not be this machine's.
+        until, written = parsedate_to_datetime(text), parsedate_to_datetime(_first(fields, b"date"))
+        return min(max(0.0, (until - written).total_seconds()), MAX_PAUSE_S)
+    # Also of an answer without a date, or with one without a time zone, or out of this world.
     except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
+
+
+def _first(fields: Pairs, name: bytes) -> str:
+    return by_name(fields).get(name, [b""])[0].strip().decode("latin-1")
 
 
 def _digest(origin: str) -> bytes:
