@@ -39,11 +39,13 @@ cancellable = true
 ask_keys = true
 """
 # About whose unknown keys the API is asked. Nothing that was sent arrives later than `absent_after_s`.
+# A duplicate waits for the verdict for less than the clients' patience.
 ASKED = "cat"
 ASKED_RULE = f"""
 [[rule]]
 name = "asked"
 path = "/{ASKED}/*"
+wait_max_s = 3
 [rule.reconcile]
 url = "/asked/{ASKED}/{{path:2}}"
 keep = ["path:2"]
