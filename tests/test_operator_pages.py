@@ -10,7 +10,7 @@ from importlib.resources import files
 
 import pytest
 
-from oncegate.admin.pages.deciding import Deciding
+from oncegate.admin.pages.deciding import DecisionPages
 from oncegate.admin.pages.now import replicas
 from oncegate.admin.pages.signing import LASTS_S, Answer, Draft, Signer
 from oncegate.admin.roles import Role
@@ -285,7 +285,7 @@ async def test_a_decision_that_the_end_cuts_off(keys, valkey):
     """If the process ends amid a decision about many, each key that was decided has its line in the log."""
     log = Log()
     parts = admin_parts({"store_url": valkey.url}, log=log)
-    deciding = Deciding(parts, Overview(parts))
+    deciding = DecisionPages(parts, Overview(parts))
     seen = [Seen.of(await unknown_key(keys, number, Kept())) for number in range(8 * 150)]
     # Wherever it is cut off: while it reads a key, and while the store carries out what was decided.
     for number in range(8):

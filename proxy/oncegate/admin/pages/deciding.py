@@ -66,14 +66,14 @@ class Decided:
 
 def deciding_routes(parts: AdminParts, overview: Overview) -> list[Route]:
     """Return the routes of a review and of the decision behind it."""
-    deciding = Deciding(parts, overview)
+    deciding = DecisionPages(parts, overview)
     return [
         Route("POST", "/review", Role.OPERATE, deciding.review),
         Route("POST", "/decide", Role.OPERATE, deciding.decide),
     ]
 
 
-class Deciding:
+class DecisionPages:
     """Shows what a decision would do, and carries it out."""
 
     def __init__(self, parts: AdminParts, overview: Overview) -> None:
